@@ -18,13 +18,13 @@ from experiments.ablation.results import (
     places_of,
     spread_of,
 )
-from experiments.ablation.suites import SPECIALISTS
+from experiments.ablation.suites import POSITIONED, SPECIALISTS
 from experiments.ablation.tables import asked_and_seeds, markdown_table, points
 from tokenflex.plots import finish, plt, save_figure
 
 KINDS = {
     "as in the paper": ("stochastic", SPECIALISTS),
-    "with positions": ("positions", tuple(f"{name}-positions" for name in SPECIALISTS)),
+    "with positions": ("positions", POSITIONED),
 }
 """Names of the one model and of the specialists, without the budget's."""
 CROSSED = "with positions for the one model alone"

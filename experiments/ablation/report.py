@@ -6,8 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.ablation import paper
+from experiments.ablation.regimes import SIZES
 from experiments.ablation.results import PLACES_EXPLAINED, difference, place, places_of
-from experiments.ablation.suites import ANY_COUNT, MAIN, MIXING, ODDS, SPECIALISTS
+from experiments.ablation.suites import (
+    ANY_COUNT,
+    MAIN,
+    MIXING,
+    ODDS,
+    POSITIONED,
+    SPECIALISTS,
+)
 from experiments.ablation.tables import (
     accuracy_rows,
     asked_and_seeds,
@@ -41,7 +49,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     for title, names, theirs in (
         ("Odds", known(ODDS), paper.ODDS),
         ("Ways to mix counts", known(MIXING), {}),
-        ("Positions", known(("stochastic", *ANY_COUNT)), {}),
+        ("Positions", known(("stochastic", *ANY_COUNT, *POSITIONED)), {}),
     ):
         if len(names) > 1:
             sections.append(_accuracy(report, title, names, counts, theirs))
@@ -64,29 +72,47 @@ def _head(report: Mapping[str, Any]) -> str:
 
 def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
     """Compare both halves of the paper's claim with the results."""
+    specialists = [name for name in SPECIALISTS if name in main]
+    table, at_own, at_other = _beside_specialists(report, "stochastic", specialists)
+    section = (
+        "## The paper's claim, here\n\n"
+        f"Stochastic minus the fixed model, paired by seed, in points:\n\n{table}\n\n"
+        f"{_verdict(at_own, at_other)}"
+    )
+    if all(name in report["regimes"] for name in ("positions", *POSITIONED)):
+        table, at_own, _ = _beside_specialists(report, "positions", POSITIONED)
+        section += (
+            f"\n\nThe same with positions for both:\n\n{table}\n\n"
+            f"On a fixed model's own count the one model is {places_of(at_own)}."
+        )
+    return section
+
+
+def _beside_specialists(
+    report: Mapping[str, Any], general: str, specialists: Sequence[str]
+) -> tuple[str, dict[str, dict[str, Any]], list[float]]:
+    """Return the table of gains over specialists, and the gains at their own and other counts.
+
+    Gains at a specialist's own count are bold in the table and by count; others are in points.
+    """
     counts = report["counts"]
     rows = []
-    at_own: dict[str, dict[str, Any]] = {}  # gains of the stochastic model
+    at_own: dict[str, dict[str, Any]] = {}
     at_other: list[float] = []
-    for own_index, name in enumerate(SPECIALISTS):
-        if name not in main:
-            continue
+    for name in specialists:
         cells = []
-        for i, count in enumerate(counts):
-            gain = difference(report, "stochastic", name, count)
+        own = counts[SIZES.index(name.split("-")[1])]
+        for count in counts:
+            gain = difference(report, general, name, count)
             cell = points(gain, signed=True)
-            cells.append(f"**{cell}**" if i == own_index else cell)
-            if i == own_index:
+            cells.append(f"**{cell}**" if count == own else cell)
+            if count == own:
                 at_own[count] = gain
             else:
                 at_other.append(100 * gain["mean"])
         rows.append([report["regimes"][name]["title"], *cells])
     head = ["compared with", *(f"at {count}" for count in counts)]
-    return (
-        "## The paper's claim, here\n\n"
-        "Stochastic minus the fixed model, paired by seed, in points:\n\n"
-        f"{markdown_table(head, rows)}\n\n{_verdict(at_own, at_other)}"
-    )
+    return markdown_table(head, rows), at_own, at_other
 
 
 def _verdict(at_own: Mapping[str, Mapping[str, Any]], at_other: Sequence[float]) -> str:

@@ -224,7 +224,8 @@ LARGE = Scale(
     seeds=1,
 )
 
-# The second task, with the settings of configs/reading.yaml. Only a tiny budget has been run.
+# The second task, with the settings of configs/reading.yaml. Odds and ways to mix counts are
+# compared on the first.
 READING = replace(
     SMALL,
     name="reading",
@@ -233,18 +234,29 @@ READING = replace(
     patch_size=12,
     max_tiles=2,
     counts=(16, 36, 64),
-    unseen=(4, 25, 49, (4, 6), (6, 4), (4, 8), (8, 4), (6, 8)),
+    unseen=(4, 25, 49, (4, 8), (8, 4)),
     width=96,
     vocabulary=128,
     warm_up_steps=3000,
     warm_up_batch=8,
     warm_up_learning_rate=2e-3,
     start_steps=1200,
-    steps=3000,
+    steps=1500,
     batch_size=9,
     learning_rate=2e-3,
     encoder_learning_rate=2e-4,
     questions=20,
+    evaluated=512,
+    regimes=(
+        "fixed-small",
+        "fixed-middle",
+        "fixed-large",
+        "stochastic",
+        "positions",
+        "fixed-small-positions",
+        "fixed-middle-positions",
+        "fixed-large-positions",
+    ),
 )
 
 SCALES = {

@@ -55,14 +55,14 @@ def _changed(suffix: str) -> tuple[str, ...]:
     return tuple(f"{name}-{suffix}" for name in SPECIALISTS)
 
 
-_POSITIONED = _changed("positions")
+POSITIONED = _changed("positions")
 LEVERS = (
     Lever("as in the paper", "stochastic", SPECIALISTS),
-    Lever("positions, for both", "positions", _POSITIONED),
-    Lever("and odds 1:1:1", "odds-1-1-1-positions", _POSITIONED),
-    Lever("and odds 5:3:2", "odds-5-3-2-positions", _POSITIONED),
-    Lever("and KL to its answers at the largest count", "positions-distilled", _POSITIONED),
-    Lever(f"and {LONGER:g} x the steps, for the one", "positions-longer", _POSITIONED),
+    Lever("positions, for both", "positions", POSITIONED),
+    Lever("and odds 1:1:1", "odds-1-1-1-positions", POSITIONED),
+    Lever("and odds 5:3:2", "odds-5-3-2-positions", POSITIONED),
+    Lever("and KL to its answers at the largest count", "positions-distilled", POSITIONED),
+    Lever(f"and {LONGER:g} x the steps, for the one", "positions-longer", POSITIONED),
     Lever(
         f"and {LONGER:g} x the steps, for both",
         "positions-longer",
@@ -72,7 +72,7 @@ LEVERS = (
     Lever(
         "positions; specialists aligned at their own count",
         "positions",
-        tuple(f"{name}-own-start" for name in _POSITIONED[:2]),
+        tuple(f"{name}-own-start" for name in POSITIONED[:2]),
     ),
 )
 
@@ -85,7 +85,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "extremes": (SMALL_SPECIALIST, *FEWEST_SPECIALISTS, *EXTREMES),
     # Steps of one budget after those of another, so that an unfinished ablation has whole ones.
     "limited": tuple(
-        f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *_POSITIONED, "positions")
+        f"{name}-{budget.name}" for budget in BUDGETS for name in (*MAIN, *POSITIONED, "positions")
     ),
 }
 """Names of each suite's regimes, in the order of the runs."""

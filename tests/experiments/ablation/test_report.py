@@ -26,10 +26,10 @@ from experiments.ablation.results import (
     spread_of,
 )
 from experiments.ablation.scales import QUICK_LIMITED
-from experiments.ablation.suites import LEVERS, SUITES
-from experiments.ablation.tables import accuracy_table, below_nearest, nearest_trained
+from experiments.ablation.suites import LEVERS, POSITIONED, SUITES
+from experiments.ablation.tables import accuracy_table, below_nearest, nearest_trained, points
 from experiments.ablation.unseen import format_unseen
-from tests.experiments.ablation.tiny import canned_report
+from tests.experiments.ablation.tiny import CURVES, canned_report
 from tokenflex.plots import plt
 
 
@@ -90,6 +90,23 @@ def test_the_verdict_turns_with_the_numbers():
     assert ", as in the paper." in claims
     report["regimes"]["fixed-small"]["accuracy"]["16"] = spread_of([1.2] * 3)
     assert "not always below" in format_report(report)
+
+
+def test_specialists_with_positions_stand_beside_the_positioned_model():
+    names = (*CURVES, *POSITIONED)
+    report = canned_report(names=names)
+    report["regimes"]["fixed-middle-positions"]["accuracy"]["9"] = spread_of([0.5] * 3)
+    page = format_report(report)
+    claims = section(page, "The paper's claim, here").split("with positions for both")[1]
+    own = difference(report, "positions", "fixed-small-positions", "4")
+    assert cells(claims, "fixed 4, positions")[0] == f"**{points(own, signed=True)}**"
+    middle = difference(report, "positions", "fixed-middle-positions", "9")
+    assert middle["mean"] > 0.2
+    assert f"ahead at 9 ({100 * middle['mean']:+.1f})" in claims
+    assert cells(section(page, "Positions"), "fixed 9, positions")[1] == "50.0 ± 0.0"
+    for missing in POSITIONED:
+        report = canned_report(names=tuple(name for name in names if name != missing))
+        assert "with positions for both" not in format_report(report)
 
 
 def test_grids_stand_in_the_table_of_unseen_counts():
