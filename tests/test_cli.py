@@ -151,7 +151,7 @@ def package_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[
 def test_the_package_alone_says_that_ablate_is_in_the_repository(tmp_path):
     for package in ("tokenflex", "tokenflex_kernels"):
         (tmp_path / package).symlink_to(ROOT / package)
-    for arguments in (["ablate"], ["ablate", "--quick"], ["ablate", "--help"]):
+    for arguments in (["ablate"], ["ablate", "--help"]):
         result = package_alone(tmp_path, *arguments)
         assert (result.returncode, result.stdout) == (2, "")
         assert re.fullmatch(
@@ -1305,7 +1305,13 @@ def test_python_runs_it_as_a_module(capsys, monkeypatch, tmp_path, module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "debug"), [("tokenflex", False), ("tokenflex.cli", True)])
+@pytest.mark.parametrize(
+    ("module", "debug"),
+    [
+        ("tokenflex", False),
+        pytest.param("tokenflex.cli", True, marks=pytest.mark.release),
+    ],
+)
 def test_as_a_process(tmp_path, module, debug):
     result = subprocess.run(
         [sys.executable, "-m", module, "plot", str(tmp_path), *["--debug"] * debug],

@@ -77,23 +77,31 @@ def test_another_kind_of_device_is_refused(launches):
         launch(kernel, 1, on_device(0, "xpu"))
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("pass", "ieee"),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.set_float32_matmul_precision('highest')", "ieee"),
-    ],
-)
-def test_tf32_is_used_only_if_the_user_allows_it(setting, expected):
-    code = (
-        "import torch; from tokenflex_kernels.launch import dot_precision; "
-        f"{setting}; print(dot_precision(torch.float32), dot_precision(torch.bfloat16))"
-    )
-    # A process of its own: PyTorch refuses to mix its older and newer switches.
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [expected, "ieee"]
+SETTINGS = {
+    "pass": "ieee",
+    "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.set_float32_matmul_precision('highest')": "ieee",
+}
+PRECISIONS = """
+import os, sys, torch
+from tokenflex_kernels.launch import dot_precision
+for setting in sys.argv[1:]:
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, setting
+    else:
+        exec(setting)
+        print(dot_precision(torch.float32), dot_precision(torch.bfloat16), flush=True)
+        os._exit(0)
+"""
+
+
+def test_tf32_is_used_only_if_the_user_allows_it():
+    """Each setting in a process of its own: PyTorch refuses to mix its older and newer switches."""
+    command = [sys.executable, "-c", PRECISIONS, *SETTINGS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{expected} ieee" for expected in SETTINGS.values()]
 
 
 @pytest.mark.parametrize("beyond", [False, True])

@@ -166,7 +166,10 @@ assert LlamaForCausalLM.__name__ == "LlamaForCausalLM"
 
 @pytest.mark.parametrize(
     ("before", "options"),
-    [("import tokenflex", {}), (NAMES_LOAD_NOTHING, {"trust_remote_code": True})],
+    [
+        pytest.param("import tokenflex", {}, marks=pytest.mark.release),
+        (NAMES_LOAD_NOTHING, {"trust_remote_code": True}),
+    ],
     ids=["alone", "after transformers, whose names load nothing before they are used"],
 )
 def test_a_process_that_knows_us_runs_no_code_of_the_checkpoint(

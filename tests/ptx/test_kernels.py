@@ -18,11 +18,11 @@ from tokenflex_kernels.project_and_pack.stages import launch_packed_down
 CHOSEN = {
     "sm_90": (
         *("pool-adaptive-bfloat16-0", "pool-resize-bfloat16-1", "pool-odd-bfloat16-0"),
-        *("pool-adaptive-float32-0", "pool-adaptive-without-norm-float16-0", "pool-strided"),
+        *("pool-adaptive-without-norm-float16-0", "pool-strided"),
         *("pool-sums-bfloat16-0", "project-ragged-bfloat16-2", "project-input-bfloat16-1"),
         *("project-odd-bfloat16-0", "project-inference-float16-0", "project-tma-bfloat16-1"),
     ),
-    "sm_80": ("pool-adaptive-bfloat16-0", "project-inference-bfloat16-2"),
+    "sm_80": ("project-inference-bfloat16-2",),
 }
 
 

@@ -118,7 +118,9 @@ def unbroken(request, tmp_path_factory) -> tuple[dict, list[dict]]:
     return data, metrics(folder / "run")
 
 
-@pytest.mark.parametrize(("steps", "workers"), [(4, 0), (6, 1)])
+@pytest.mark.parametrize(
+    ("steps", "workers"), [pytest.param(4, 0, marks=pytest.mark.release), (6, 1)]
+)
 def test_a_run_that_died_continues_with_the_same_numbers(
     unbroken, tmp_path, monkeypatch, steps, workers
 ):

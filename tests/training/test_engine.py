@@ -148,24 +148,36 @@ def _compiled_fast(monkeypatch):
     torch._dynamo.reset()
 
 
+COMPILED = {
+    "compile": True,
+    "gradient_checkpointing": True,
+    "save_every": 1,
+    "stages": [stage(steps=5, max_tokens=100)],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_fast")
-def test_compiled_layers_give_the_same_run_and_continue_exactly(tmp_path):
+def test_compiled_layers_give_the_same_run(tmp_path):
     """Also recomputed; every step has other lengths, and yet there are few graphs."""
-    stages = [stage(steps=5, max_tokens=100)]
-    both = {"compile": True, "gradient_checkpointing": True, "save_every": 1, "stages": stages}
-    TrainingRun(configured(tmp_path, "plain", stages=stages)).run()
+    TrainingRun(configured(tmp_path, "plain", stages=COMPILED["stages"])).run()
     AcceleratorState._reset_state(reset_partial_state=True)
-    TrainingRun(configured(tmp_path, "whole", **both)).run()
+    TrainingRun(configured(tmp_path, "whole", **COMPILED)).run()
     losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert weights(tmp_path / "whole").keys() == weights(tmp_path / "plain").keys()
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 0 < graphs <= 12
 
+
+@pytest.mark.release
+@pytest.mark.slow
+@pytest.mark.usefixtures("_compiled_fast")
+def test_a_compiled_run_continues_exactly(tmp_path):
+    TrainingRun(configured(tmp_path, "whole", **COMPILED)).run()
     AcceleratorState._reset_state(reset_partial_state=True)
-    run_until_killed(configured(tmp_path, "stopped", **both), 3)
-    TrainingRun(configured(tmp_path, "stopped", **both)).run()
+    run_until_killed(configured(tmp_path, "stopped", **COMPILED), 3)
+    TrainingRun(configured(tmp_path, "stopped", **COMPILED)).run()
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
 
 

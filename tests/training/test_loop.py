@@ -320,7 +320,13 @@ def train_until(monkeypatch, config: Path, steps: int, **options) -> None:
 
 
 # The encoder's warm-up takes the first 2 optimiser steps, the stages 4 and 6.
-@pytest.mark.parametrize(("steps", "workers"), [(1, 0), (5, 0), (6, 0), (11, 0), (9, 1)])
+@pytest.mark.parametrize(
+    ("steps", "workers"),
+    [
+        *((1, 0), (6, 0), (9, 1)),
+        *(pytest.param(*case, marks=pytest.mark.release) for case in ((5, 0), (11, 0))),
+    ],
+)
 def test_a_run_that_died_continues_with_the_same_numbers(
     finished, tmp_path, monkeypatch, steps, workers
 ):
