@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.ablation import paper
-from experiments.ablation.suites import MAIN, ODDS
+from experiments.ablation.suites import MAIN, ODDS, POSITIONED, SPECIALISTS
 from experiments.ablation.tables import task_of
 from tokenflex.plots import finish, plt, save_figure
 
@@ -21,10 +21,13 @@ COLOURS = {
     "positions": "#1f4e79",
     "positions-spread": "#1f4e79",
 }
+COLOURS |= {name: COLOURS[plain] for name, plain in zip(POSITIONED, SPECIALISTS, strict=True)}
 COUNT_COLOURS = ("#e07b39", "#4c9f70", "#b5495b")
 """Colours of the small, middle and large count."""
-POSITIONS, ADDED = "positions", "positions-spread"
-"""Regimes beyond the paper: drawn beside its regimes at the trained counts, and at all counts."""
+ADDED = {"claim": ("positions", *POSITIONED), "figure1": ("positions-spread",)}
+"""Regimes beyond the paper that a figure draws beside its regimes, where the report has them."""
+MOST_COLUMNS = 5
+"""Most panels side by side, and entries of a legend."""
 
 
 def write_figures(report: Mapping[str, Any], folder: Path) -> None:
@@ -35,11 +38,9 @@ def write_figures(report: Mapping[str, Any], folder: Path) -> None:
     """
     main = [name for name in MAIN if name in report["regimes"]]
     odds = [name for name in ODDS if name in report["regimes"]]
-    for name, counts, added in (
-        ("claim", report["counts"], POSITIONS),
-        ("figure1", _squares(report), ADDED),
-    ):
-        save_figure(_beside_the_paper(report, main, counts, added), folder / f"{name}.png")
+    for name, counts in (("claim", report["counts"]), ("figure1", _squares(report))):
+        figure = _beside_the_paper(report, main, counts, ADDED[name])
+        save_figure(figure, folder / f"{name}.png")
     save_figure(_by_kind(report, main), folder / "figure3.png")
     if len(odds) > 1:
         save_figure(_by_kind(report, odds), folder / "odds.png")
@@ -78,7 +79,7 @@ def draw_gains(
 
 
 def _beside_the_paper(
-    report: Mapping[str, Any], names: Sequence[str], counts: Sequence[str], added: str
+    report: Mapping[str, Any], names: Sequence[str], counts: Sequence[str], added: Sequence[str]
 ) -> Any:
     """Draw regimes at ``counts`` beside the paper's figures.
 
@@ -86,7 +87,7 @@ def _beside_the_paper(
         report: The report.
         names: The regimes that the paper has too.
         counts: The counts of our panel. The trained ones are marked if there are others.
-        added: A regime beyond the paper, drawn dashed if the report has it.
+        added: Regimes beyond the paper, drawn dashed if the report has them.
     """
     figure, (ours, theirs) = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
     for name in names:
@@ -94,10 +95,11 @@ def _beside_the_paper(
         _curve(ours, row["accuracy"], counts, name, label=row["title"])
         trained = paper.TRAINED_WITH[name]
         theirs.plot(paper.COUNTS, trained, color=COLOURS[name], marker="o", linewidth=_width(name))
-    if added in report["regimes"]:
-        row = report["regimes"][added]
-        label = f"{row['title']} (ours)"
-        _curve(ours, row["accuracy"], counts, added, label=label, linestyle="--")
+    for name in added:
+        if name in report["regimes"]:
+            row = report["regimes"][name]
+            label = f"{row['title']} (ours)"
+            _curve(ours, row["accuracy"], counts, name, label=label, linestyle="--")
     seeds = len(report["seeds"])
     bars = ", bars: standard deviation" if seeds > 1 else ""
     title = f"ours: {task_of(report)}, {seeds} seed{'s' * (seeds > 1)}{bars}"
@@ -112,8 +114,14 @@ def _beside_the_paper(
 
 def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
     kinds = list(report["questions"])
+    columns = min(-(len(kinds) // -2), MOST_COLUMNS)
+    rows = max(-(len(kinds) // -columns), 2)
     figure, grid = plt.subplots(
-        2, -(len(kinds) // -2), figsize=(9.5, 5.6), sharey=True, layout="constrained", squeeze=False
+        *(rows, columns),
+        figsize=(9.5, 2.8 * rows),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
     cells = grid.flatten()
     for axes, kind in zip(cells, kinds, strict=False):
@@ -175,4 +183,5 @@ def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    columns = min(len(labels), MOST_COLUMNS)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.ablation import figures
 from experiments.ablation.checks import LIMITED_GAIN, quick_checks, quick_limited_checks
 from experiments.ablation.extremes import format_extremes
 from experiments.ablation.figures import draw_gains, write_figures
@@ -31,6 +32,8 @@ from experiments.ablation.tables import accuracy_table, below_nearest, nearest_t
 from experiments.ablation.unseen import format_unseen
 from tests.experiments.ablation.tiny import CURVES, canned_report
 from tokenflex.plots import plt
+
+FIXED = ("fixed 4", "fixed 9", "fixed 16")
 
 
 def section(page: str, title: str) -> str:
@@ -471,6 +474,26 @@ def test_figures_are_drawn(tmp_path: Path):
     assert names == ["claim.png", "figure1.png", "figure3.png", "odds.png"]
     for name in names:
         assert len(Image.open(tmp_path / name).convert("L").getcolors(256)) > 20, name
+
+
+def test_positioned_specialists_and_many_kinds_are_drawn_too(monkeypatch):
+    report = canned_report(names=(*CURVES, *POSITIONED))
+    report["questions"] = {f"kind {i}": 4 for i in range(20)}
+    for row in report["regimes"].values():
+        row["accuracy_by_kind"] = dict.fromkeys(report["questions"], row["accuracy"])
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(
+        figures, "save_figure", lambda figure, path: drawn.update({path.stem: figure})
+    )
+    write_figures(report, Path())
+    (legend,) = drawn["claim"].legends
+    titles = [text.get_text() for text in legend.get_texts()]
+    assert titles[-4:] == [f"{name}, positions (ours)" for name in ("2:3:5", *FIXED)]
+    panels = [axes for axes in drawn["figure3"].axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in panels] == list(report["questions"])
+    assert len({round(axes.get_position().x0, 2) for axes in panels}) <= 5
+    for figure in drawn.values():
+        plt.close(figure)
 
 
 def test_quick_checks_name_what_fails():
