@@ -84,6 +84,34 @@ def test_figures_of_the_baselines_are_those_of_the_report():
     assert f"{difficult['questions']['4']:,} and {difficult['questions']['9']:,} difficult" in page
 
 
+def test_figures_of_the_baselines_on_reading_are_those_of_their_reports():
+    page = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+    folder = DOCS / "results/baselines/reading"
+    shown = {}
+    for line in page.split("| | 16 tokens | 36 tokens |\n", 1)[1].split("\n\n")[0].splitlines()[1:]:
+        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        shown[name.split(" ([")[0]] = [float(figure) for figure in figures]
+    expected = {}
+    for title, name, of in (
+        ("the one model", "positions", "of the one model"),
+        ("the model for 64 tokens, asked at fewer", "fixed-large-positions", "of the model for 64"),
+    ):
+        report = json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
+        expected[title] = report["accuracy"]
+        for baseline, accuracy in report["baselines"]["accuracy"].items():
+            expected[f"`{baseline}`, {of}"] = accuracy
+    assert len(shown) == 8
+    for name, figures in shown.items():
+        assert figures == [round(expected[name][count], 3) for count in ("16", "36")], name
+    words = " ".join(page.split())
+    lost = {}
+    for way in ("strided", "pooled"):
+        pairs = zip(shown["the one model"], shown[f"`{way}`, of the model for 64"], strict=True)
+        lost[way] = [f"{ours - theirs:.2f}" for ours, theirs in pairs]
+    assert f"{' and '.join(lost['strided'])} below the one model" in words
+    assert f"averages lose {' and '.join(lost['pooled'])}" in words
+
+
 def test_the_router_meets_its_target():
     """Always-largest minus a point at 60 % of its tokens, by kinds; at 75 % by questions."""
     report = json.loads((DOCS / "results/selection/report.json").read_text(encoding="utf-8"))

@@ -165,7 +165,7 @@ def test_committed_pages_and_means_follow_from_the_rows(tmp_path, name):
     assert read_json(tmp_path / "report.json") == report
     page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == page
-    assert ("settings are of an older rule" in page) is (name == "reading")
+    assert "settings are of an older rule" not in page
 
 
 def test_the_guide_says_what_the_page_of_digits_says():
@@ -191,6 +191,29 @@ def test_the_guide_says_what_the_page_of_digits_says():
     tries = [100 * ladder["cascade"]["tries_share"] for ladder in (trained, unseen)]
     assert f"{tries[0]:.0f} % of the tokens for 0.9 points, discarded answers included" in guide
     assert f"and {tries[1]:.0f} % with counts that were never trained" in guide
+
+
+def test_the_guide_says_what_the_page_of_reading_says():
+    report = read_json(RESULTS / "reading/report.json")
+    guide = (RESULTS.parents[1] / "models.md").read_text(encoding="utf-8")
+    for ladder in ("trained", "unseen"):
+        met = [(row["rule"], row["weighting"]) for row in report[ladder]["means"] if row["met"]]
+        assert met == [(rule, w) for rule in ("router", "budget") for w in ("kinds", "questions")]
+    assert "**On reading, router and budget meet it, with kinds and with questions alike**" in guide
+    rows = {(row["rule"], row["weighting"]): row for row in report["trained"]["means"]}
+    router, budget, cascade = (
+        [100 * rows[rule, w]["share"] for w in ("kinds", "questions")]
+        for rule in ("router", "budget", "cascade")
+    )
+    costs = [100 * rows["router", w]["drop"] for w in ("kinds", "questions")]
+    assert costs[0] < 0
+    guide = " ".join(guide.split())
+    assert (
+        f"the router takes {router[0]:.0f} % of the tokens for no point and {router[1]:.0f} % for "
+        f"{costs[1]:.1f}, the budget {budget[0]:.0f} % and {budget[1]:.0f} %" in guide
+    )
+    tries = 100 * rows["cascade", "kinds"]["tries_share"]
+    assert f"({tries:.0f} % with all tries, {cascade[0]:.0f} % with its last answers)" in guide
 
 
 def test_grades_at_some_counts_are_those_columns():
