@@ -1,5 +1,4 @@
-"""Device functions that kernels share: the order of tiles, reading and writing one, and terms of
-sums over lanes."""
+"""Device functions that kernels share: tiles in order, reading and writing one, terms of sums."""
 
 from __future__ import annotations
 
