@@ -1,4 +1,4 @@
-"""Device functions that the matrix products share: the order of tiles, reading and writing one."""
+"""Device functions that kernels share: tiles in order, reading and writing one, terms of sums."""
 
 from __future__ import annotations
 
@@ -71,3 +71,20 @@ def store_tile(target, tile, row, column, rows, columns, stride, TMA: tl.constex
         at = start + r[:, None] * stride + c[None, :]
         inside = (row + r < rows)[:, None] & (column + c < columns)[None, :]
         tl.store(at, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def term(a, b, ALONE: tl.constexpr):
+    """a * b, of float32, as a term of a sum over lanes.
+
+    ALONE: a lane holds no more than one term. It adds that to the term of another lane, which adds
+    the same two; but compilers fuse the product with this sum, and each lane then rounds the
+    other's product and not its own. So the sums of lanes would differ, and where all of a warp
+    store theirs to one word, as by Triton 3.9, it is not said whose stays. This product is rounded
+    first: no instruction more, as another one adds. A lane of several terms fuses them in order,
+    and rounds what it hands to others.
+    """
+    if ALONE:
+        return tl.fma(a, b, tl.zeros_like(a))
+    else:
+        return a * b

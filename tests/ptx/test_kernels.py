@@ -5,6 +5,9 @@ Here is a choice of the cases, for time; ``make test-ptx`` runs all of them.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,7 @@ from tests.ptx.launching import executing
 from tokenflex_kernels import pack_embeddings, plan_packing
 from tokenflex_kernels.launch_configs import TileConfig, overriding
 from tokenflex_kernels.project_and_pack.stages import launch_packed_down
+from tokenflex_kernels.swiglu.stages import launch_down_gradient
 
 CHOSEN = {
     "sm_90": (
@@ -26,9 +30,12 @@ CHOSEN = {
 }
 
 
+def named(architecture: str, name: str) -> Case:
+    return next(case for case in cases_of(architecture) if case.name == name)
+
+
 def chosen() -> list[Case]:
-    cases = {str(case): case for name in CHOSEN for case in cases_of(name)}
-    return [cases[f"{name}-{case}"] for name, names in CHOSEN.items() for case in names]
+    return [named(architecture, name) for architecture, names in CHOSEN.items() for name in names]
 
 
 @pytest.mark.parametrize("case", chosen(), ids=str)
@@ -53,3 +60,40 @@ def test_tokens_are_placed_by_the_row_map(tma):
     assert (execution.kernel, execution.races) == ("packed_down_kernel", [])
     expected = pack_embeddings(table, F.linear(product, weight, bias), plan)
     torch.testing.assert_close(packed, expected, rtol=1e-2, atol=1e-1)
+
+
+def every_lane_stores(name: str, text: str) -> str:
+    """Let all lanes of a warp store its sum, as Triton 3.9 does and 3.7 does not."""
+    sums_of_all = re.findall(r"ld\.shared\S* %r\d+, \[ (%r\d+)", text)  # stored by one warp
+
+    def edited(store: re.Match[str]) -> str:
+        return store[0] if store[2] in sums_of_all else store[1]
+
+    return re.sub(r"@%p\d+ (st\.shared\.b32 \[ (%r\d+))", edited, text)
+
+
+def test_lanes_agree_about_the_sums_of_a_row():
+    """In rows whose tail has one feature a lane, in both kernels that sum products of a row.
+
+    Of float16, as products of bfloat16 have fewer bits than float32 and are not rounded.
+    """
+    case = named("sm_90", "pool-adaptive-float16-0")
+    stages = ("pool_norm_forward", "norm_gradient")
+    warps = {name: case.configs[name]._replace(num_warps=4) for name in stages}  # 2 of 576 features
+    small = {"widths": (576, 1, 1), "grids": (((2, 3),), ((1, 2),))}
+    outcome = replace(case, configs={**case.configs, **warps}, **small).run(edit=every_lane_stores)
+    of_two_warps = [run.kernel for run in outcome.executions if " num_warps=2" in run.config]
+    assert of_two_warps == [f"{name}_kernel" for name in stages]
+    assert outcome.faults == []
+
+
+def test_lanes_agree_about_the_sums_of_a_column():
+    """In tiles that are read as one vector a lane: a candidate of the tuner."""
+    torch.manual_seed(0)
+    dp, gate, up = (torch.randn(11, 128).bfloat16() for _ in range(3))
+    tile = TileConfig(8, 128, 0, 8, 4, 1)
+    with overriding(pointwise=tile), executing("sm_90", edit=every_lane_stores) as executions:
+        grads, _, sums = launch_down_gradient(dp, None, gate, up, False, True)
+    (execution,) = executions
+    assert (execution.kernel, execution.races) == ("gate_gradient_kernel", [])
+    torch.testing.assert_close(sums, grads.float().sum(0), rtol=1e-2, atol=5e-2)

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 
 from tokenflex_kernels.pool_norm.tables import IMAGE_FIELDS
+from tokenflex_kernels.tiles import term
 
 _IMAGE_FIELDS = tl.constexpr(IMAGE_FIELDS)
 
@@ -82,6 +83,12 @@ def _centre_row(head, tail, WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.co
 
 
 @triton.jit
+def _product_sum(a, b, num_warps: tl.constexpr):
+    """The sum of a * b over a block, the same bits in every lane."""
+    return tl.sum(term(a, b, a.shape[0] <= 32 * num_warps), 0)
+
+
+@triton.jit
 def _column_sum(
     x,
     x_stride, first_row, row_step, count,
@@ -113,7 +120,7 @@ def pool_norm_forward_kernel(
     x_stride, programs_per_image, cells_per_program,
     EPS: tl.constexpr, WEIGHTED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
     SAVE: tl.constexpr, UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, num_warps: tl.constexpr,
 ):  # fmt: skip
     image = images + tl.program_id(0) // programs_per_image * _IMAGE_FIELDS
     part = tl.program_id(0) % programs_per_image
@@ -168,7 +175,8 @@ def pool_norm_forward_kernel(
             head, tail = _centre_row(head, tail, WIDTH, HEAD, TAIL)
             if out.dtype.element_ty == tl.float32:  # the mean's own rounding shows in float32
                 head, tail = _centre_row(head, tail, WIDTH, HEAD, TAIL)
-            variance = (tl.sum(head * head, 0) + tl.sum(tail * tail, 0)) / WIDTH
+            squares = _product_sum(head, head, num_warps) + _product_sum(tail, tail, num_warps)
+            variance = squares / WIDTH
             inverse = tl.rsqrt(variance + EPS * area * area)
             head *= inverse
             tail *= inverse
@@ -194,7 +202,7 @@ def norm_gradient_kernel(
     grad_stride, cells, cells_per_program,
     MEANS: tl.constexpr, GRAD_WEIGHT: tl.constexpr, GRAD_BIAS: tl.constexpr,
     UNROLL: tl.constexpr,
-    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, num_warps: tl.constexpr,
 ):  # fmt: skip
     weight_head = tl.zeros((HEAD,), tl.float32)
     weight_tail = tl.zeros((TAIL,), tl.float32)
@@ -217,8 +225,10 @@ def norm_gradient_kernel(
             weight_tail += z_tail
         if MEANS:
             scale_head, scale_tail = _load_row(weight, WIDTH, HEAD, TAIL)
-            mean = tl.sum(g_head * scale_head, 0) + tl.sum(g_tail * scale_tail, 0)
-            mean_z = tl.sum(z_head * scale_head, 0) + tl.sum(z_tail * scale_tail, 0)
+            mean = _product_sum(g_head, scale_head, num_warps)
+            mean += _product_sum(g_tail, scale_tail, num_warps)
+            mean_z = _product_sum(z_head, scale_head, num_warps)
+            mean_z += _product_sum(z_tail, scale_tail, num_warps)
             tl.store(means + 2 * row, mean / WIDTH)
             tl.store(means + 2 * row + 1, mean_z / WIDTH)
     program = tl.program_id(0).to(tl.int64)

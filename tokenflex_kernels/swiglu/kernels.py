@@ -44,7 +44,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tokenflex_kernels.tiles import load_tile, nth_tile_position, store_tile, tile_position
+from tokenflex_kernels.tiles import load_tile, nth_tile_position, store_tile, term, tile_position
 
 
 @triton.jit
@@ -172,6 +172,7 @@ def _store_gradients(
     dp, gate, up, grads, product, partial_bias,
     m, n, rows, hidden,
     PRODUCT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_warps: tl.constexpr,
 ):  # fmt: skip
     """All that follows from one float32 tile of d product, [BLOCK_M, BLOCK_N]."""
     g = load_tile(gate, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
@@ -179,8 +180,10 @@ def _store_gradients(
     u = load_tile(up, m, n, rows, hidden, hidden, BLOCK_M, BLOCK_N, False, False).to(tl.float32)
     if PRODUCT:
         store_tile(product, value * u, m, n, rows, hidden, hidden, False)
-    du = dp * value
-    dg = dp * u * activation_derivative(g)
+    # A lane reads 16 bytes at once: up to eight columns of one row.
+    alone: tl.constexpr = 32 * num_warps * 8 >= BLOCK_M * BLOCK_N
+    du = term(dp, value, alone)
+    dg = term(dp * u, activation_derivative(g), alone)
     store_tile(grads, dg, m, n, rows, hidden, 2 * hidden, False)
     store_tile(grads + hidden, du, m, n, rows, hidden, 2 * hidden, False)
     if BIAS:  # rows beyond the last have gate = up = 0 and add nothing
@@ -211,7 +214,7 @@ def down_gradient_kernel(
     rows, hidden, text_width, dy_stride, down_stride,
     PRODUCT: tl.constexpr, BIAS: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr, num_warps: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     dp = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -226,7 +229,7 @@ def down_gradient_kernel(
         _store_gradients(
             _columns(dp, part, PARTS), gate, up, grads, product, partial_bias,
             m, n + part * (BLOCK_N // PARTS), rows, hidden,
-            PRODUCT, BIAS, BLOCK_M, BLOCK_N // PARTS,
+            PRODUCT, BIAS, BLOCK_M, BLOCK_N // PARTS, num_warps,
         )  # fmt: skip
 
 
@@ -235,13 +238,13 @@ def gate_gradient_kernel(
     dp, gate, up, grads, product, partial_bias,
     rows, hidden, dp_stride,
     PRODUCT: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, num_warps: tl.constexpr,
 ):  # fmt: skip
     m, n = tile_position(rows, hidden, BLOCK_M, BLOCK_N, GROUP_M)
     tile = load_tile(dp, m, n, rows, hidden, dp_stride, BLOCK_M, BLOCK_N, False, False)
     _store_gradients(
         tile.to(tl.float32), gate, up, grads, product, partial_bias, m, n, rows, hidden,
-        PRODUCT, BIAS, BLOCK_M, BLOCK_N,
+        PRODUCT, BIAS, BLOCK_M, BLOCK_N, num_warps,
     )  # fmt: skip
 
 
