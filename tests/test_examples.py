@@ -117,6 +117,19 @@ def test_finetune_lora_of_a_conversion_is_refused(run, tmp_path, capsys):
     assert "must be stock weights" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_notebook_stops_at_the_cell_whose_training_fails(tmp_path, monkeypatch, capsys):
+    notebook = json.loads((EXAMPLES / "quick_start.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    (cell,) = [cell for cell in cells if "main(" in cell]
+    for shown, tested in {"STEPS = 400": "STEPS = 3", "runs/notebook": str(tmp_path)}.items():
+        assert shown in cell
+        cell = cell.replace(shown, tested)
+    monkeypatch.chdir(EXAMPLES.parent)
+    with pytest.raises(AssertionError):
+        exec(compile(cell, "quick_start.ipynb", "exec"), {})
+    assert "warmup_steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_accelerator_and_threads")
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from tokenflex import TokenFlexProcessor
 from tokenflex.digits.processor import digits_processor
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.routing.router import Router
-from tokenflex.routing.storage import attach_router, save_router
+from tokenflex.routing.storage import attach_router, load_router, save_router
 
 IMAGES = [[picture(1), picture(2)], [], [picture(3)]]
 TEXTS = ["read <image> odd <image> where", "count majority", "<image> odd"]
@@ -230,6 +231,28 @@ def test_a_checkpoint_without_a_router_says_how_to_make_one(tmp_path, options):
     inputs = digits_processor()(images=IMAGES[2], text=TEXTS[2], num_image_tokens="auto")
     with pytest.raises(FileNotFoundError, match=f"no router.*tokenflex route --model {tmp_path}"):
         model.generate(**inputs, **options, **GENERATION)
+
+
+@pytest.mark.parametrize(
+    ("trained", "counts"),
+    [
+        ([16, 4, 9], "4,9,16"),
+        ([[2, 3], 4, [3, 2]], "4,2x3"),
+        *[(value, "64,144,256") for value in (None, [4], 4, [5, 9], ["4", 9])],
+    ],
+)
+def test_a_missing_router_is_made_at_the_counts_of_the_training(tmp_path, trained, counts):
+    (tmp_path / "config.json").write_text(json.dumps({"trained_num_image_tokens": trained}))
+    with pytest.raises(FileNotFoundError, match=f"--data DATA --counts {counts}`$"):
+        load_router(tmp_path)
+
+
+@pytest.mark.parametrize("config", [None, "", "[]", "{}"])
+def test_a_missing_router_of_any_folder_is_told_with_an_example(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(FileNotFoundError, match=r"--counts 64,144,256`$"):
+        load_router(tmp_path)
 
 
 def test_a_forward_pass_refuses_auto():

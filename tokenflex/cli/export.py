@@ -34,7 +34,8 @@ def add_to(commands: CommandLine) -> None:
         metavar="TARGET",
         help="onnx, pt2 (torch.export) and openvino: graphs of the encoder, a projector for each "
         "count, the embedding and the language model. language-model: a checkpoint of "
-        "transformers, for servers that take prompt_embeds",
+        "transformers, for servers that take prompt_embeds (not of a model with image_positions: "
+        "shared, such as the demo)",
     )
     export.add_argument(
         "--counts",

@@ -14,11 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tokenflex.counts import token_grid
 from tokenflex.files import (
     checkpoint_folder,
     excerpt,
     parse_json,
     printable,
+    read_json,
     write_atomically,
     write_json,
 )
@@ -97,7 +99,8 @@ def load_router(checkpoint: str | Path) -> Router:
     if not path.is_file():
         raise FileNotFoundError(
             f"checkpoint {checkpoint} has no router to choose counts with; make one with "
-            f"`tokenflex route --model {checkpoint} --data DATA --counts 64,144,256`"
+            f"`tokenflex route --model {checkpoint} --data DATA "
+            f"--counts {_counts_to_try(checkpoint)}`"
         )
     try:
         with safe_open(path, framework="pt") as opened:
@@ -117,6 +120,22 @@ def load_router(checkpoint: str | Path) -> Router:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"router file {path} holds values in {name} that are not finite")
     return router.eval()
+
+
+def _counts_to_try(checkpoint: str | Path) -> str:
+    """Return the counts of a checkpoint's training for a command line, or else an example."""
+    try:
+        trained = read_json(Path(checkpoint) / "config.json")["trained_num_image_tokens"]
+        grids = [token_grid(tuple(n) if isinstance(n, list) else n) for n in trained]
+    except (OSError, KeyError, TypeError, ValueError):  # none, or a config of something else
+        grids = []
+    by_size: dict[int, str] = {}  # a router's counts are of different numbers of tokens
+    for height, width in grids:
+        size = height * width
+        by_size.setdefault(size, str(size) if height == width else f"{height}x{width}")
+    if len(by_size) < 2:
+        return "64,144,256"
+    return ",".join(by_size[size] for size in sorted(by_size))
 
 
 def _check_shapes(settings: Any, shapes: dict[str, list[int]]) -> None:
