@@ -186,7 +186,9 @@ def outcome(op, in_grids, out_grids, leaves):
     return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
 
-@pytest.mark.parametrize("name", ["pool_norm", "swiglu", "project_tokens", "project_tokens input"])
+@pytest.mark.parametrize(
+    "name", sampled(3, ["pool_norm", "swiglu", "project_tokens", "project_tokens input"])
+)
 class TestCompile:
     @pytest.fixture(autouse=True)
     def _fresh_compiler(self):
@@ -228,7 +230,7 @@ class TestCompile:
         assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("name", ["pool_norm", "project_tokens"])
+@pytest.mark.parametrize("name", sampled(1, ["project_tokens", "pool_norm"]))
 def test_a_compiled_plan_takes_any_number_of_images(device, name):
     torch._dynamo.reset()
     op, parameters = calls(device)[name]

@@ -37,7 +37,7 @@ pytestmark = ON_TRITON
 
 PATCHES, CELLS = rows_of(FEW_IN_GRIDS), rows_of(FEW_OUT_GRIDS)
 WIDTH, HIDDEN, TEXT = 16, 32, 16
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +92,7 @@ def recorded():
 
 
 class TestAgainstFirstCalls:
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", sampled(1, DTYPES), ids=str)
     @pytest.mark.parametrize(("op", "names", "width"), OPS)
     def test_values_and_gradients_are_the_same_bits(self, device, op, names, width, dtype):
         for call in range(3):
@@ -108,7 +108,7 @@ class TestAgainstFirstCalls:
     @pytest.mark.parametrize("save", SAVES)
     def test_any_subset_that_requires_grad(self, device, save):
         draw = random.Random(0)
-        for _ in range(2):
+        for _ in sampled(1, range(2)):
             wanted = [name for name in ("x", *PARAMETERS) if draw.random() < 0.3] or ["x"]
             for _ in range(3):
                 inputs = inputs_of(device)
@@ -123,7 +123,7 @@ class TestAgainstFirstCalls:
     @pytest.mark.skipif(extension() is None, reason="needs the extension")
     @pytest.mark.parametrize(
         "wanted",
-        sampled(3, [None, ["embedding"], ["down_weight", "embedding"], ["x"], ["down_bias"]]),
+        sampled(1, [None, ["embedding"], ["down_weight", "embedding"], ["x"], ["down_bias"]]),
     )
     def test_packing_with_another_plan_in_each_call(self, device, wanted):
         for call, plan in enumerate(PLANS * 2):
@@ -193,7 +193,7 @@ class TestTensors:
                 expected = torch.autograd.grad(project(**inputs).sum(), [*inputs.values()])
             assert all(torch.equal(one, other) for one, other in zip(grads, expected, strict=True))
 
-    @pytest.mark.parametrize(("op", "names", "width"), OPS)
+    @pytest.mark.parametrize(("op", "names", "width"), sampled(2, OPS))
     def test_batched_gradients(self, device, op, names, width):
         for _ in range(3):
             inputs = {name: inputs_of(device)[name].requires_grad_() for name in names}
