@@ -27,7 +27,7 @@ COUNT_COLOURS = ("#e07b39", "#4c9f70", "#b5495b")
 ADDED = {"claim": ("positions", *POSITIONED), "figure1": ("positions-spread",)}
 """Regimes beyond the paper that a figure draws beside its regimes, where the report has them."""
 MOST_COLUMNS = 5
-"""Most panels side by side, and entries of a legend."""
+"""Most panels side by side, and entries of a legend in one row."""
 
 
 def write_figures(report: Mapping[str, Any], folder: Path) -> None:
@@ -135,6 +135,9 @@ def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
         axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy, %")
+    if columns > 3:  # too narrow for a label each
+        for axes in {*cells} - {grid[-1, columns // 2]}:
+            axes.set_xlabel("")
     _legend(figure, cells[0])
     return figure
 
@@ -183,5 +186,5 @@ def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
 
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    columns = min(len(labels), MOST_COLUMNS)
+    columns = len(labels) if len(labels) <= MOST_COLUMNS else MOST_COLUMNS - 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

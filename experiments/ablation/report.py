@@ -23,6 +23,7 @@ from experiments.ablation.tables import (
     nearest_sentence,
     points,
     starts_of,
+    task_of,
 )
 
 PAPERS = "the paper's, on its benchmarks (second-hand)"
@@ -60,12 +61,13 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _head(report: Mapping[str, Any]) -> str:
     first = report["regimes"][starts_of(report)[0]]
     regime = next(row for row in report["regimes"].values() if not row["is_start"])
+    shown = {"digits": "images", "reading": "samples"}[task_of(report)]
     return (
         f"# Ablation of the vision-token count, scale {report['scale']}\n\n"
         f"{asked_and_seeds(report)}\n\n"
         f"Each seed has one start, {report['start']['warm_up_steps']} steps of the encoder "
         f"alone and {first['steps']} at {report['counts'][-1]} tokens; every regime goes on "
-        f"from it for {regime['steps']} steps of {report['batch_size']} shown images, with the "
+        f"from it for {regime['steps']} steps of {report['batch_size']} shown {shown}, with the "
         "same order of data, the same learning rates and schedule."
     )
 
@@ -162,7 +164,12 @@ def _accuracy(
 def _cost(report: Mapping[str, Any]) -> str:
     regimes = {name: row for name, row in report["regimes"].items() if not row["is_start"]}
     largest = regimes.get("fixed-large")
-    head = ["trained with", "images shown", "vision tokens", "seconds"]
+    # A sample of the digits is one image of one tile.
+    shown, counted = {
+        "digits": ("images", "once an image that is shown"),
+        "reading": ("samples", "for one tile a sample; tall pages and pairs have two"),
+    }[task_of(report)]
+    head = ["trained with", f"{shown} shown", "vision tokens", "seconds"]
     head += ["paper: vision tokens", "paper: hours on 64 A100"]
     rows = []
     for name, row in regimes.items():
@@ -178,7 +185,7 @@ def _cost(report: Mapping[str, Any]) -> str:
         rows.append([row["title"], str(row["views"]), f"{tokens:,.0f}{less}", time, *theirs])
     return (
         f"## Cost\n\n{markdown_table(head, rows)}\n\nOf a regime's own stage. Vision tokens are "
-        f"counted once an image that is shown. Seconds: {report['machine']}; here the encoder, "
+        f"counted {counted}. Seconds: {report['machine']}; here the encoder, "
         "data and fixed costs of a step weigh more than at the paper's size. The paper's columns "
         "are of its stage 2, second-hand."
     )

@@ -16,7 +16,7 @@ from experiments.ablation.limited import CROSSED, KINDS, budgets_of, format_limi
 from experiments.ablation.limited import gains as limited_gains
 from experiments.ablation.report import format_report
 from experiments.ablation.results import difference, place
-from experiments.ablation.suites import EXTREMES, LEVERS, UNSEEN
+from experiments.ablation.suites import EXTREMES, LEVERS, POSITIONED, SPECIALISTS, UNSEEN
 from experiments.ablation.tables import below_nearest, points
 from experiments.ablation.unseen import format_unseen
 
@@ -29,6 +29,7 @@ FORMATS = {
     "unseen": format_unseen,
     "extremes": format_extremes,
     "limited": format_limited,
+    "reading/report": format_report,
 }
 
 
@@ -169,3 +170,28 @@ def test_every_result_says_what_made_it():
     for path in (DOCS / "results").iterdir():
         if path.name != "README.md":
             assert f"[{path.name}](" in said
+
+
+READING_PAIRS = {
+    "as in the paper": ("stochastic", SPECIALISTS),
+    "positions, for both": ("positions", POSITIONED),
+    "positions, for the one alone": ("positions", SPECIALISTS),
+}
+
+
+def test_the_page_quotes_the_ablation_on_reading():
+    report = report_of("reading/report")
+    page = (DOCS / "ablation.md").read_text(encoding="utf-8")
+    assert (report["task"], report["counts"]) == ("reading", ["16", "36", "64"])
+    gains = {
+        title: [
+            difference(report, general, name, count)
+            for name, count in zip(specialists, report["counts"], strict=True)
+        ]
+        for title, (general, specialists) in READING_PAIRS.items()
+    }
+    table = page.split("| one model minus specialist on reading, points |")[1]
+    for title, row in gains.items():
+        cells = " | ".join(points(gain, signed=True) for gain in row)
+        assert f"| {title} | {cells} |" in table
+    assert not [title for title, row in gains.items() if any(place(g) == "ahead" for g in row)]
