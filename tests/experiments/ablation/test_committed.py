@@ -195,3 +195,8 @@ def test_the_page_quotes_the_ablation_on_reading():
         cells = " | ".join(points(gain, signed=True) for gain in row)
         assert f"| {title} | {cells} |" in table
     assert not [title for title, row in gains.items() if any(place(g) == "ahead" for g in row)]
+    assert all(gain["mean"] < 0 for row in gains.values() for gain in row)
+    plain = [f"{-100 * gain['mean']:.1f}" for gain in gains["as in the paper"]]
+    assert [undecided(gain) for gain in gains["as in the paper"]] == [True, False, True]
+    said = f"{plain[0]}, {plain[1]} and {plain[2]} at 16, 36 and 64; the first and last undecided"
+    assert said in " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
