@@ -106,8 +106,8 @@ def _beside_the_paper(
     ours.set_title(title, loc="left", fontsize=10)
     ours.set_ylabel("accuracy, %")
     theirs.set_title("the paper's claim (second-hand), 8 benchmarks", loc="left", fontsize=10)
-    _finish(ours, counts, report["counts"] if counts != report["counts"] else [])
-    _finish(theirs, [str(count) for count in paper.COUNTS], [])
+    _finish(ours, counts, report["counts"] if counts != report["counts"] else [], _unit(report))
+    _finish(theirs, [str(count) for count in paper.COUNTS], [], "image")
     _legend(figure, ours)
     return figure
 
@@ -130,7 +130,7 @@ def _by_kind(report: Mapping[str, Any], names: Sequence[str]) -> Any:
             _curve(axes, row["accuracy_by_kind"][kind], _squares(report), name, label=row["title"])
         axes.set_title(kind, loc="left", fontsize=10)
         axes.set_ylim(-2, 104)  # bars may extend beyond the range of a share
-        _finish(axes, _squares(report), report["counts"])
+        _finish(axes, _squares(report), report["counts"], _unit(report))
     for axes in cells[len(kinds) :]:
         axes.set_visible(False)
     for axes in grid[:, 0]:
@@ -176,11 +176,16 @@ def _squares(report: Mapping[str, Any]) -> list[str]:
     return sorted((count for count in counts if count.isdecimal()), key=int)
 
 
-def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str]) -> None:
+def _unit(report: Mapping[str, Any]) -> str:
+    """Return the name of what a count is of: pages of the reading task may be two tiles."""
+    return {"digits": "image", "reading": "tile"}[task_of(report)]
+
+
+def _finish(axes: Any, counts: Sequence[str], trained: Sequence[str], unit: str) -> None:
     for count in trained:
         axes.axvline(int(count), color="#cccccc", linewidth=1, linestyle=":", zorder=0)
     axes.set_xticks([int(count) for count in counts])
-    axes.set_xlabel("vision tokens per image" + (" (dotted: trained)" if trained else ""))
+    axes.set_xlabel(f"vision tokens per {unit}" + (" (dotted: trained)" if trained else ""))
     finish(axes)
 
 

@@ -224,7 +224,8 @@ LARGE = Scale(
     seeds=1,
 )
 
-# The second task, with the settings of configs/reading.yaml. Odds and ways to mix counts are
+# The second task, with the learning rates and questions of configs/reading.yaml and half of its
+# steps. Odds and ways to mix counts are
 # compared on the first.
 READING = replace(
     SMALL,

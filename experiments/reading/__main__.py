@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import environment
+from tokenflex.cli.options import positive
 from tokenflex.evaluation import evaluate
-from tokenflex.files import read_json, write_json, write_text
+from tokenflex.files import check_folder, read_json, write_json, write_text
 from tokenflex.models.loading import load_checkpoint
 from tokenflex.plots import plot_accuracy
 from tokenflex.reading.dataset import ReadingDataset
@@ -198,10 +199,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.reading", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--samples", type=int, default=768, help="samples of the test split (768)")
+    parser.add_argument(
+        "--samples", type=positive, default=768, help="samples of the test split (768)"
+    )
     parser.add_argument("--note", default="", help="a remark on the run's seconds")
     options = parser.parse_args()
-    training = training_of(options.run, options.note)  # before the work
+    try:  # before the work
+        check_folder(options.output)
+        training = training_of(options.run, options.note)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     show_work()
     model, processor = load_checkpoint(options.run / "checkpoint")
     report = {**measure(model.eval(), processor, options.samples), "training": training}

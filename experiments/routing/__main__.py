@@ -27,7 +27,7 @@ from experiments.routing.study import HELD_OUT, LIMIT, MAX_DROP, GradedCheckpoin
 from tokenflex.cli.options import counts_or_grids, positive
 from tokenflex.cli.route import has_splits
 from tokenflex.counts import TokenCount, token_grid, tokens_of
-from tokenflex.files import check_folder, write_json, write_text
+from tokenflex.files import check_folder, read_json, write_json, write_text
 from tokenflex.formats import FORMATS
 from tokenflex.models.loading import check_length, load_checkpoint
 from tokenflex.routing.grading import grade
@@ -90,6 +90,11 @@ def main() -> None:
         for folder in options.checkpoints:
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"checkpoint {folder} has no config.json")
+            if "model_type" not in read_json(folder / "config.json"):
+                raise ValueError(
+                    f"checkpoint {folder} has a config.json of no model; the checkpoint of a run "
+                    "is the folder `checkpoint` in its own"
+                )
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     checkpoints, ladders = [], []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.reading.__main__ import COUNTS, guessing, measure, page_of, training_of
+from experiments.reading.__main__ import COUNTS, guessing, main, measure, page_of, training_of
 from tests.reading.test_training import tiny_values
 from tokenflex.reading.drawing import PLACEMENTS
 from tokenflex.training.build import build_model, build_processor
@@ -48,6 +49,27 @@ def test_every_kind_is_measured_at_every_count_and_tall_pages_as_one_tile(tmp_pa
     for kind in report["questions"]:
         assert f"\n| {kind} | " in page
     assert "commit `0a1b2c3`" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("no/such/run", "out"), "no/such/run"),
+        (("run", "out", "--samples", "0"), "samples"),
+        (("run", "out", "--samples", "-5"), "samples"),
+        (("run", "file"), "file"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_work(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["reading", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_report_says_how_its_model_was_trained(tmp_path):

@@ -6,6 +6,7 @@ Here is a choice of the cases, for time; ``make test-ptx`` runs all of them.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,7 @@ from tokenflex_kernels.swiglu.stages import launch_down_gradient
 CHOSEN = {
     "sm_90": (
         *("pool-adaptive-bfloat16-0", "pool-resize-bfloat16-1", "pool-odd-bfloat16-0"),
-        *("pool-adaptive-without-norm-float16-0", "pool-strided"),
+        *("pool-adaptive-float32-0", "pool-adaptive-without-norm-float16-0", "pool-strided"),
         *("pool-sums-bfloat16-0", "project-ragged-bfloat16-2", "project-input-bfloat16-1"),
         *("project-odd-bfloat16-0", "project-inference-float16-0", "project-tma-bfloat16-1"),
     ),
@@ -62,14 +63,26 @@ def test_tokens_are_placed_by_the_row_map(tma):
     torch.testing.assert_close(packed, expected, rtol=1e-2, atol=1e-1)
 
 
-def every_lane_stores(name: str, text: str) -> str:
-    """Let all lanes of a warp store its sum, as Triton 3.9 does and 3.7 does not."""
-    sums_of_all = re.findall(r"ld\.shared\S* %r\d+, \[ (%r\d+)", text)  # stored by one warp
+class EveryLaneStores:
+    """Edit that lets all lanes of a warp store its sum, as Triton 3.9 does and 3.7 does not.
 
-    def edited(store: re.Match[str]) -> str:
-        return store[0] if store[2] in sums_of_all else store[1]
+    Attributes:
+        stores: Number of such stores by kernel, edited or not.
+    """
 
-    return re.sub(r"@%p\d+ (st\.shared\.b32 \[ (%r\d+))", edited, text)
+    def __init__(self) -> None:
+        self.stores: Counter[str] = Counter()
+
+    def __call__(self, name: str, text: str) -> str:
+        sums_of_all = re.findall(r"ld\.shared\S* %r\d+, \[ (%r\d+)", text)  # stored by one warp
+
+        def edited(store: re.Match[str]) -> str:
+            if store[2] in sums_of_all:
+                return store[0]
+            self.stores[name] += 1
+            return store[1]
+
+        return re.sub(r"(?:@%p\d+ )?(st\.shared\.b32 \[ (%r\d+))", edited, text)
 
 
 def test_lanes_agree_about_the_sums_of_a_row():
@@ -81,7 +94,9 @@ def test_lanes_agree_about_the_sums_of_a_row():
     stages = ("pool_norm_forward", "norm_gradient")
     warps = {name: case.configs[name]._replace(num_warps=4) for name in stages}  # 2 of 576 features
     small = {"widths": (576, 1, 1), "grids": (((2, 3),), ((1, 2),))}
-    outcome = replace(case, configs={**case.configs, **warps}, **small).run(edit=every_lane_stores)
+    edit = EveryLaneStores()
+    outcome = replace(case, configs={**case.configs, **warps}, **small).run(edit=edit)
+    assert all(edit.stores[f"{name}_kernel"] for name in stages)
     of_two_warps = [run.kernel for run in outcome.executions if " num_warps=2" in run.config]
     assert of_two_warps == [f"{name}_kernel" for name in stages]
     assert outcome.faults == []
@@ -92,8 +107,10 @@ def test_lanes_agree_about_the_sums_of_a_column():
     torch.manual_seed(0)
     dp, gate, up = (torch.randn(11, 128).bfloat16() for _ in range(3))
     tile = TileConfig(8, 128, 0, 8, 4, 1)
-    with overriding(pointwise=tile), executing("sm_90", edit=every_lane_stores) as executions:
+    edit = EveryLaneStores()
+    with overriding(pointwise=tile), executing("sm_90", edit=edit) as executions:
         grads, _, sums = launch_down_gradient(dp, None, gate, up, False, True)
     (execution,) = executions
     assert (execution.kernel, execution.races) == ("gate_gradient_kernel", [])
+    assert edit.stores["gate_gradient_kernel"]
     torch.testing.assert_close(sums, grads.float().sum(0), rtol=1e-2, atol=5e-2)

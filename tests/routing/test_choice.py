@@ -238,7 +238,9 @@ def test_a_checkpoint_without_a_router_says_how_to_make_one(tmp_path, options):
     [
         ([16, 4, 9], "4,9,16"),
         ([[2, 3], 4, [3, 2]], "4,2x3"),
-        *[(value, "64,144,256") for value in (None, [4], 4, [5, 9], ["4", 9])],
+        ([64], "16,64"),
+        ([[3, 4]], "4,3x4"),
+        *[(value, "64,144,256") for value in (None, [1], 4, [5, 9], ["4", 9])],
     ],
 )
 def test_a_missing_router_is_made_at_the_counts_of_the_training(tmp_path, trained, counts):

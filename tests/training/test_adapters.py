@@ -128,7 +128,6 @@ def test_a_run_that_died_continues_to_the_byte(finished, tmp_path, steps):
         assert_same(weights_of(tmp_path / "run", name), weights_of(finished, name))
 
 
-@pytest.mark.release
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path):
     changes: dict[str, Any] = {"peft": {**PEFT, "lora_dropout": 0}}  # masks differ

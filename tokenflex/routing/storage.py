@@ -129,6 +129,8 @@ def _counts_to_try(checkpoint: str | Path) -> str:
         grids = [token_grid(tuple(n) if isinstance(n, list) else n) for n in trained]
     except (OSError, KeyError, TypeError, ValueError):  # none, or a config of something else
         grids = []
+    if len({*grids}) == 1:  # and a quarter of it, as a router's largest count is a trained one
+        grids.append(((grids[0][0] + 1) // 2, (grids[0][1] + 1) // 2))
     by_size: dict[int, str] = {}  # a router's counts are of different numbers of tokens
     for height, width in grids:
         size = height * width

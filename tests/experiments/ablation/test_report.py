@@ -105,6 +105,11 @@ def test_specialists_with_positions_stand_beside_the_positioned_model():
     assert cells(claims, "fixed 4, positions")[0] == f"**{points(own, signed=True)}**"
     middle = difference(report, "positions", "fixed-middle-positions", "9")
     assert middle["mean"] > 0.2
+    gains = {
+        count: difference(report, "positions", name, count)
+        for name, count in zip(POSITIONED, report["counts"], strict=True)
+    }
+    assert claims.strip().endswith(f"the one model is {places_of(gains)}.")
     assert f"ahead at 9 ({100 * middle['mean']:+.1f})" in claims
     assert cells(section(page, "Positions"), "fixed 9, positions")[1] == "50.0 ± 0.0"
     for missing in POSITIONED:
@@ -489,6 +494,19 @@ def test_positioned_specialists_and_many_kinds_are_drawn_too(monkeypatch):
     (legend,) = drawn["claim"].legends
     titles = [text.get_text() for text in legend.get_texts()]
     assert titles[-4:] == [f"{name}, positions (ours)" for name in ("2:3:5", *FIXED)]
+    shown = {
+        bars.get_label().removesuffix(" (ours)"): bars for bars in drawn["claim"].axes[0].containers
+    }
+    assert len(shown) == 8
+    for row in report["regimes"].values():
+        if row["title"] not in shown:
+            continue
+        line, _, (spread,) = shown[row["title"]]
+        values = [row["accuracy"][count] for count in report["counts"]]
+        assert line.get_ydata() == pytest.approx([100 * value["mean"] for value in values])
+        lengths = [end[1][1] - end[0][1] for end in spread.get_segments()]
+        assert lengths == pytest.approx([200 * value["spread"] for value in values])
+        assert line.get_linestyle() == ("--" if "positions" in row["title"] else "-")
     panels = [axes for axes in drawn["figure3"].axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == list(report["questions"])
     assert len({round(axes.get_position().x0, 2) for axes in panels}) <= 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.routing.__main__ import report_of
+from experiments.routing.__main__ import main, report_of
 from experiments.routing.pages import page_of, renew, verdict, worsened
 from experiments.routing.reliability import Predictions, at_least
 from experiments.routing.study import (
@@ -166,6 +167,19 @@ def test_committed_pages_and_means_follow_from_the_rows(tmp_path, name):
     page = (RESULTS / name / "README.md").read_text(encoding="utf-8")
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == page
     assert "settings are of an older rule" not in page
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_json(run / "config.json", {"seed": 0, "stages": []})
+    options = ["--data", "digits", "--counts", "4,9"]
+    monkeypatch.setattr(sys, "argv", ["routing", str(tmp_path / "out"), str(run), *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "is the folder `checkpoint` in its own" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_guide_says_what_the_page_of_digits_says():
