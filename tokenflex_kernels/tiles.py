@@ -81,8 +81,8 @@ def term(a, b, ALONE: tl.constexpr):
     the same two; but compilers fuse the product with this sum, and each lane then rounds the
     other's product and not its own. So the sums of lanes would differ, and where all of a warp
     store theirs to one word, as by Triton 3.9, it is not said whose stays. This product is rounded
-    first, which takes no instruction more: the fused sum becomes a sum. A lane of several terms fuses them in order,
-    and rounds what it hands to others.
+    first, which takes no instruction more: the fused sum becomes a sum. A lane of several terms
+    fuses them in order, and rounds what it hands to others.
     """
     if ALONE:
         return tl.fma(a, b, tl.zeros_like(a))
