@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.routing.study import CASCADES, summarise
+from experiments.routing.study import CASCADES, TRIVIAL, summarise
 from tokenflex.files import read_json, write_json, write_text
 
 LADDERS = {"trained": "Counts of the training", "unseen": "With counts that were never trained"}
@@ -46,7 +46,7 @@ def page_of(report: dict[str, Any]) -> str:
         "The target is *met* where every checkpoint meets it by its mean over router seeds, with "
         "the tokens of all tries; *runs* are a checkpoint with a router seed each. A cascade has "
         "no seeds, and its threshold is chosen on the questions that its curves were fitted on. "
-        "The *raw cascade* has confidences without a curve.",
+        f"The *raw cascade* has confidences without a curve.{_trivial(trained)}",
     ]
     for name, title in LADDERS.items():
         if name in report:
@@ -74,6 +74,16 @@ def page_of(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _trivial(study: dict[str, Any]) -> str:
+    """Describe the rules that see no picture, if the report is not older than they are."""
+    if not {row["rule"] for row in study["rows"]} & {*TRIVIAL}:
+        return ""
+    return (
+        " *One count* is the same for all questions, and *first word* a table of one for each "
+        "first word of a question: both see no picture."
+    )
 
 
 def verdict(study: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The rules that choose counts, each at a setting of held-out data, measured on test data.
 
-A rule is the router with a penalty, a budget spread by the router, or the cascade with a threshold.
+A rule is the router with a penalty, a budget spread by the router, or the cascade with a threshold;
+beside them stand one count for all questions, and a table of one for each first word of a question.
 Its setting is the cheapest that costs at most ``max_drop`` of the largest count's accuracy, a
 standard error included, on data that neither the model nor the router's weights were fitted on.
 Test data decides nothing.
@@ -48,6 +49,8 @@ WEIGHTINGS = ("kinds", "questions")
 """Equal weights of all kinds of questions, or of all questions."""
 FIGURES = ("drop", "share", "tries_share")
 CASCADES = ("cascade", "cascade, raw")
+TRIVIAL = ("one count", "first word")
+"""Rules that see no picture: what the others must be better than."""
 
 Row = dict[str, Any]
 """A rule on one checkpoint with one router seed."""
@@ -139,6 +142,8 @@ def _rows(
         # Nothing of the cascade but its curves was fitted on these questions.
         (CASCADES[0], checkpoint.fitted, THRESHOLDS, _cascade(router)),
         (CASCADES[1], checkpoint.fitted, THRESHOLDS, _cascade(None)),
+        (TRIVIAL[0], checkpoint.fitted, range(len(held_out.counts)), _one_count),
+        (TRIVIAL[1], checkpoint.fitted, PENALTIES, _by_first_word(checkpoint.fitted)),
     ]
     for rule, chosen_on, settings, choose in rules:
         choices = {setting: choose(chosen_on, setting) for setting in settings}
@@ -160,6 +165,29 @@ def _rows(
 
 def _cascade(router: Router | None) -> Callable[[Grades, float], Choice]:
     return lambda grades, threshold: escalated(confidence_of(grades, router), threshold)
+
+
+def _one_count(grades: Grades, index: float) -> Choice:
+    return np.full(len(grades), int(index))
+
+
+def _by_first_word(fitted: Grades) -> Callable[[Grades, float], Choice]:
+    """Return a rule with the count that is best for a question's first word, less a penalty.
+
+    The last word of a kind's name is the first of its questions: "tall word" asks "word l5w3".
+    Words that ``fitted`` has not get the largest count.
+    """
+    words = np.array([kind.split()[-1] for kind in fitted.kinds])
+    right = fitted.right.double().numpy()
+    accuracy = {word: right[words == word].mean(0) for word in {*words.tolist()}}
+    shares = np.array(fitted.sizes) / fitted.sizes[-1]
+
+    def choose(grades: Grades, penalty: float) -> Choice:
+        best = {word: int(np.argmax(row - penalty * shares)) for word, row in accuracy.items()}
+        largest = len(shares) - 1
+        return np.array([best.get(kind.split()[-1], largest) for kind in grades.kinds])
+
+    return choose
 
 
 def cheapest(

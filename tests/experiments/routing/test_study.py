@@ -19,6 +19,7 @@ from experiments.routing.study import (
     MAX_DROP,
     WEIGHTINGS,
     GradedCheckpoint,
+    _by_first_word,
     at_counts,
     cheapest,
     is_met,
@@ -236,3 +237,19 @@ def test_grades_at_some_counts_are_those_columns():
     assert some.counts == (4, 16)
     assert torch.equal(some.right, grades.right[:, [0, 2]])
     assert at_counts(grades, COUNTS).counts == COUNTS
+
+
+def test_the_rule_of_first_words_is_the_best_count_for_each():
+    """The largest for words that need it and for unknown ones; the smallest at a high penalty."""
+    grades = planted_grades(3)
+    words = ["wide coarse", "tall coarse", "fine"] * len(grades)
+    grades = replace(grades, kinds=tuple(words[: len(grades)]))
+    right = torch.ones_like(grades.right)
+    right[torch.tensor([kind == "fine" for kind in grades.kinds]), :-1] = 0
+    choose = _by_first_word(replace(grades, right=right))
+    largest = len(grades.counts) - 1
+    expected = [largest if kind == "fine" else 0 for kind in grades.kinds]
+    assert choose(grades, 0.5).tolist() == expected
+    assert {*choose(grades, 2.0).tolist()} == {0}
+    unknown = replace(grades, kinds=tuple(["new"] * len(grades)))
+    assert {*choose(unknown, 0.5).tolist()} == {largest}
