@@ -213,12 +213,13 @@ def test_the_guide_says_what_the_page_of_reading_says():
     guide = (RESULTS.parents[1] / "models.md").read_text(encoding="utf-8")
     for ladder in ("trained", "unseen"):
         met = [(row["rule"], row["weighting"]) for row in report[ladder]["means"] if row["met"]]
-        assert met == [(rule, w) for rule in ("router", "budget") for w in ("kinds", "questions")]
+        rules = ("router", "budget", "first word")
+        assert met == [(rule, w) for rule in rules for w in ("kinds", "questions")]
     assert "**On reading, router and budget meet it, with kinds and with questions alike**" in guide
     rows = {(row["rule"], row["weighting"]): row for row in report["trained"]["means"]}
-    router, budget, cascade = (
+    router, budget, cascade, words = (
         [100 * rows[rule, w]["share"] for w in ("kinds", "questions")]
-        for rule in ("router", "budget", "cascade")
+        for rule in ("router", "budget", "cascade", "first word")
     )
     costs = [100 * rows["router", w]["drop"] for w in ("kinds", "questions")]
     assert costs[0] < 0
@@ -227,6 +228,8 @@ def test_the_guide_says_what_the_page_of_reading_says():
         f"the router takes {router[0]:.0f} % of the tokens for no point and {router[1]:.0f} % for "
         f"{costs[1]:.1f}, the budget {budget[0]:.0f} % and {budget[1]:.0f} %" in guide
     )
+    assert rows["first word", "kinds"]["drop"] < 0
+    assert f"{words[0]:.0f} % of the tokens for no point, and {words[1]:.0f} % for 0.2" in guide
     tries = 100 * rows["cascade", "kinds"]["tries_share"]
     assert f"({tries:.0f} % with all tries, {cascade[0]:.0f} % with its last answers)" in guide
 
