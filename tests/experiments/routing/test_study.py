@@ -203,6 +203,11 @@ def test_the_guide_says_what_the_page_of_digits_says():
     }
     assert f"at most {100 * most['trained']:.1f} %" in guide
     assert f"one seed of six misses the target at {100 * most['unseen']:.1f} %" in guide
+    words = [ladder["first word"] for ladder in (trained, unseen)]
+    assert [row["met"] for row in words] == [False, True]
+    taken = [f"{100 * r['share']:.0f} % for {100 * r['drop']:.1f}" for r in words]
+    assert f"takes {taken[0]}, a near miss" in guide
+    assert f"never trained {taken[1]}, within the target with every seed" in guide
     tries = [100 * ladder["cascade"]["tries_share"] for ladder in (trained, unseen)]
     assert f"{tries[0]:.0f} % of the tokens for 0.9 points, discarded answers included" in guide
     assert f"and {tries[1]:.0f} % with counts that were never trained" in guide
