@@ -225,9 +225,12 @@ def with_lora(model):
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
-        target_modules=["q_proj", "v_proj"],
-        # PEFT knows no adapter for the clipped layers of Gemma 4's encoder.
-        exclude_modules=".*vision_tower.*" if model.config.model_type == "gemma4" else None,
+        # PEFT knows no adapter for layers of a type's own, such as Gemma 4's clipped ones.
+        target_modules=[
+            name
+            for name, module in model.named_modules()
+            if name.split(".")[-1] in ("q_proj", "v_proj") and isinstance(module, torch.nn.Linear)
+        ],
         modules_to_save=[projector_name(model)],
         init_lora_weights=False,
     )

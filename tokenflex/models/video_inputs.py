@@ -7,7 +7,6 @@ after another, so that the model sees a clip as several images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isqrt
 from os import PathLike
 from typing import Any
@@ -25,12 +24,17 @@ VIDEO_MARK = "<video>"
 """The mark of a video in texts."""
 
 
-@dataclass(frozen=True)
 class NamedVideo:
-    """A video as the caller gave it, and its name in errors."""
+    """A video as the caller gave it, and its name in errors.
 
-    source: Any
-    name: str
+    No dataclass: transformers 5.24 makes dictionaries of those in messages.
+    """
+
+    __slots__ = ("name", "source")
+
+    def __init__(self, source: Any, name: str) -> None:
+        self.source = source
+        self.name = name
 
     def frames(self, sampling: FrameSampling) -> list[NamedImage]:
         """Read the frames that are shown.
