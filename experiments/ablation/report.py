@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.ablation import paper
-from experiments.ablation.regimes import SIZES
 from experiments.ablation.results import PLACES_EXPLAINED, difference, place, places_of
 from experiments.ablation.suites import (
     ANY_COUNT,
@@ -38,7 +37,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     counts, main, any_count = report["counts"], known(MAIN), known(ANY_COUNT)
     sections = [_head(report)]
     if "stochastic" in main and len(main) > 1:
-        sections.append(_claims(report, main))
+        sections.append(_claims(report))
     rows = [*starts_of(report), *main]
     sections.append(_accuracy(report, "Trained with, asked at", rows, counts, paper.TRAINED_WITH))
     if report["unseen"]:
@@ -61,21 +60,19 @@ def format_report(report: Mapping[str, Any]) -> str:
 def _head(report: Mapping[str, Any]) -> str:
     first = report["regimes"][starts_of(report)[0]]
     regime = next(row for row in report["regimes"].values() if not row["is_start"])
-    shown = {"digits": "images", "reading": "samples"}[task_of(report)]
     return (
         f"# Ablation of the vision-token count, scale {report['scale']}\n\n"
         f"{asked_and_seeds(report)}\n\n"
         f"Each seed has one start, {report['start']['warm_up_steps']} steps of the encoder "
         f"alone and {first['steps']} at {report['counts'][-1]} tokens; every regime goes on "
-        f"from it for {regime['steps']} steps of {report['batch_size']} shown {shown}, with the "
-        "same order of data, the same learning rates and schedule."
+        f"from it for {regime['steps']} steps of {report['batch_size']} shown {_shown(report)}, "
+        "with the same order of data, the same learning rates and schedule."
     )
 
 
-def _claims(report: Mapping[str, Any], main: Sequence[str]) -> str:
+def _claims(report: Mapping[str, Any]) -> str:
     """Compare both halves of the paper's claim with the results."""
-    specialists = [name for name in SPECIALISTS if name in main]
-    table, at_own, at_other = _beside_specialists(report, "stochastic", specialists)
+    table, at_own, at_other = _beside_specialists(report, "stochastic", SPECIALISTS)
     section = (
         "## The paper's claim, here\n\n"
         f"Stochastic minus the fixed model, paired by seed, in points:\n\n{table}\n\n"
@@ -96,14 +93,16 @@ def _beside_specialists(
     """Return the table of gains over specialists, and the gains at their own and other counts.
 
     Gains at a specialist's own count are bold in the table and by count; others are in points.
+    ``specialists`` are those for the small, middle and large count; some may not be in the report.
     """
     counts = report["counts"]
     rows = []
     at_own: dict[str, dict[str, Any]] = {}
     at_other: list[float] = []
-    for name in specialists:
+    for name, own in zip(specialists, counts, strict=True):
+        if name not in report["regimes"]:
+            continue
         cells = []
-        own = counts[SIZES.index(name.split("-")[1])]
         for count in counts:
             gain = difference(report, general, name, count)
             cell = points(gain, signed=True)
@@ -161,15 +160,19 @@ def _accuracy(
     return f"## {title}\n\n{markdown_table(head, rows)}\n\nRight of ours: {PAPERS}."
 
 
+def _shown(report: Mapping[str, Any]) -> str:
+    """Return the name of what a step shows: a sample of the digits is one image of one tile."""
+    return {"digits": "images", "reading": "samples"}[task_of(report)]
+
+
 def _cost(report: Mapping[str, Any]) -> str:
     regimes = {name: row for name, row in report["regimes"].items() if not row["is_start"]}
     largest = regimes.get("fixed-large")
-    # A sample of the digits is one image of one tile.
-    shown, counted = {
-        "digits": ("images", "once an image that is shown"),
-        "reading": ("samples", "for one tile a sample; tall pages and pairs have two"),
+    counted = {
+        "digits": "once an image that is shown",
+        "reading": "for one tile a sample; tall pages and pairs have two",
     }[task_of(report)]
-    head = ["trained with", f"{shown} shown", "vision tokens", "seconds"]
+    head = ["trained with", f"{_shown(report)} shown", "vision tokens", "seconds"]
     head += ["paper: vision tokens", "paper: hours on 64 A100"]
     rows = []
     for name, row in regimes.items():

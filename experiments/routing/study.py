@@ -143,7 +143,7 @@ def _rows(
         (CASCADES[0], checkpoint.fitted, THRESHOLDS, _cascade(router)),
         (CASCADES[1], checkpoint.fitted, THRESHOLDS, _cascade(None)),
         (TRIVIAL[0], checkpoint.fitted, range(len(held_out.counts)), _one_count),
-        (TRIVIAL[1], checkpoint.fitted, PENALTIES, _by_first_word(checkpoint.fitted)),
+        (TRIVIAL[1], checkpoint.fitted, PENALTIES, by_first_word(checkpoint.fitted)),
     ]
     for rule, chosen_on, settings, choose in rules:
         choices = {setting: choose(chosen_on, setting) for setting in settings}
@@ -171,7 +171,7 @@ def _one_count(grades: Grades, index: float) -> Choice:
     return np.full(len(grades), int(index))
 
 
-def _by_first_word(fitted: Grades) -> Callable[[Grades, float], Choice]:
+def by_first_word(fitted: Grades) -> Callable[[Grades, float], Choice]:
     """Return a rule with the count that is best for a question's first word, less a penalty.
 
     The last word of a kind's name is the first of its questions: "tall word" asks "word l5w3".

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.results import Row
 from experiments.ablation.results import spread_of
+from experiments.ablation.suites import POSITIONED as POSITIONED_SPECIALISTS
 from experiments.ablation.suites import SPECIALISTS
 from experiments.ablation.tables import markdown_table, points
 from tokenflex.files import read_json
@@ -18,7 +19,7 @@ MODEL = "model"
 PLAIN, POSITIONED = "as in the paper", "with positions"
 SHAPES = {
     PLAIN: ("stochastic", SPECIALISTS),
-    POSITIONED: ("positions", tuple(f"{name}-positions" for name in SPECIALISTS)),
+    POSITIONED: ("positions", POSITIONED_SPECIALISTS),
 }
 """Names of the one model and of the specialists of each measured shape."""
 COLOURS = {PLAIN: "#1f4e79", POSITIONED: "#4c9f70"}

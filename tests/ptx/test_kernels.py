@@ -27,7 +27,7 @@ CHOSEN = {
         *("pool-sums-bfloat16-0", "project-ragged-bfloat16-2", "project-input-bfloat16-1"),
         *("project-odd-bfloat16-0", "project-inference-float16-0", "project-tma-bfloat16-1"),
     ),
-    "sm_80": ("project-inference-bfloat16-2",),
+    "sm_80": ("pool-adaptive-bfloat16-0", "project-inference-bfloat16-2"),
 }
 
 

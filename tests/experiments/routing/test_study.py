@@ -19,8 +19,8 @@ from experiments.routing.study import (
     MAX_DROP,
     WEIGHTINGS,
     GradedCheckpoint,
-    _by_first_word,
     at_counts,
+    by_first_word,
     cheapest,
     is_met,
     measured,
@@ -254,7 +254,7 @@ def test_the_rule_of_first_words_is_the_best_count_for_each():
     grades = replace(grades, kinds=tuple(words[: len(grades)]))
     right = torch.ones_like(grades.right)
     right[torch.tensor([kind == "fine" for kind in grades.kinds]), :-1] = 0
-    choose = _by_first_word(replace(grades, right=right))
+    choose = by_first_word(replace(grades, right=right))
     largest = len(grades.counts) - 1
     expected = [largest if kind == "fine" else 0 for kind in grades.kinds]
     assert choose(grades, 0.5).tolist() == expected
